@@ -4,6 +4,7 @@ A divergence is written once, in log space, as (log p, log q) -> (D, q dD/dq), p
 Everything else, the projection onto logits and the VJP that hands the gradient to the generator, is generic.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -75,7 +76,7 @@ def f_divergence(f: Callable[[jax.Array], jax.Array]) -> Divergence:
 
     def divergence(log_p, log_q):
         p, q, s = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
-        cut = 0.45 * float(jnp.log(jnp.finfo(s.dtype).max))
+        cut = 0.45 * math.log(jnp.finfo(s.dtype).max)
         inner = jnp.clip(s, -cut, cut)
         value, slope = jax.jvp(lambda s: f(jnp.exp(s)), (inner,), (jnp.ones_like(s),))  # F(s) = f(e^s) and F'(s)
         up, up_slope = jnp.exp(-inner) * value, jnp.exp(-inner) * (slope - value)  # G = F / u and G', for large u

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dimo_jax.corruption import bound_weight, corrupt, mask_ratio
+from dimo_jax.corruption import SCHEDULES, bound_weight, corrupt, mask_ratio
 from dimo_jax.errors import UserError
 from dimo_jax.nets import logits
 from dimo_jax.registry import lookup
 from dimo_jax.rng import Draws
 from dimo_jax.state import NetState, Optimizer, apply_gradients, ema_rate, ema_update, guarded, init_net
+
+METRICS = ("loss", "nll", "bound", "accuracy", "grad_norm")
 
 
 def token_nll(z: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -50,6 +52,7 @@ class PretrainSpec:
             (self.loss_on, "loss_on", ("masked", "all")),
             (self.weighting, "weighting", ("none", "bound")),
             (self.nonfinite, "nonfinite", ("stop", "skip")),
+            (self.mask_schedule, "mask_schedule", SCHEDULES),
         ):
             lookup(dict.fromkeys(known), value, kind)
         if self.weighting == "bound" and (self.exact_count or self.loss_on == "all" or self.label_smoothing):
@@ -57,10 +60,12 @@ class PretrainSpec:
 
 
 class PretrainState(NamedTuple):
-    """net: trainable state; ema: average of its parameters; counters of outer steps and skipped updates."""
+    """net: trainable state; ema: average of its parameters; metrics: of the latest update; counters of outer steps and
+    skipped updates; finite: False from the first non-finite update on, unless such updates are skipped."""
 
     net: NetState
     ema: Any
+    metrics: dict
     outer_step: jax.Array
     skipped: jax.Array
     finite: jax.Array
@@ -70,7 +75,8 @@ def init_pretrain(params: dict, optimizer: Optimizer) -> PretrainState:
     """The state before the first step, from a network's parameters."""
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, params)
-    return PretrainState(init_net(optimizer, params), ema, zero, jnp.copy(zero), jnp.ones((), bool))
+    metrics = {name: jnp.zeros(()) for name in METRICS}
+    return PretrainState(init_net(optimizer, params), ema, metrics, zero, jnp.copy(zero), jnp.ones((), bool))
 
 
 def masked_losses(net, params, tokens, x, cond, spec: PretrainSpec, draws: Draws, *, conditions=None, dropout_rng=None):
@@ -130,22 +136,8 @@ def pretrain_step(state: PretrainState, params: dict, batch: dict, draws: Draws,
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     skipped = state.skipped
     if spec.nonfinite == "skip":
-        net, skipped, ok = guarded(ok, net, state.net), skipped + ~ok, jnp.ones((), bool)
+        net, metrics = guarded(ok, (net, metrics), (state.net, state.metrics))
+        skipped, ok = skipped + ~ok, jnp.ones((), bool)
     ema = ema_update(state.ema, net.params, ema_rate(spec.ema_decay, state.outer_step))
-    return PretrainState(net, ema, state.outer_step + 1, skipped, state.finite & ok), metrics
-
-
-def heldout_nll(teacher, params, ids, raw, draws: Draws, *, num_passes: int = 8, mask_schedule: str = "arccos") -> dict:
-    """Masked cross-entropy of held-out ids [N, L] with their conditions, `num_passes` mask draws each.
-
-    -> {nll: nats a masked token, bound: nats a sample}, independent masking.
-    """
-    spec = PretrainSpec(mask_schedule=mask_schedule)
-    cond = teacher.encode(params, raw)
-
-    @jax.jit
-    def one(net_params, i):
-        return masked_losses(teacher.net, net_params, teacher.tokens, ids, cond, spec, draws.scope("pass", i))
-
-    passes = [one(params["net"], i) for i in range(num_passes)]
-    return {name: float(sum(p[name] for p in passes) / num_passes) for name in ("nll", "bound")}
+    state = PretrainState(net, ema, metrics, state.outer_step + 1, skipped, state.finite & ok)
+    return state, {**metrics, "skipped": skipped}

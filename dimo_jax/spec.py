@@ -51,7 +51,7 @@ class DimoSpec:
     auxiliary_mask_schedule: str = "arccos"
     mask_ratio_bounds: tuple[float, float] = (0.0, 1.0)
     exact_count: bool = True
-    time_input: str = "mask_ratio"
+    time_input: str = "zero"
     divergence: str | dict = "forward_kl"
     gradient_input: str = "x_init"
     weight: str = "none"
@@ -89,11 +89,14 @@ class DimoSpec:
             if getattr(self, field) < 1:
                 raise UserError(f"{field} counts from 1, given {getattr(self, field)}")
         rhythm = (self.num_auxiliary_updates, self.generator_every, self.auxiliary_every)
-        if self.share_x_t and (self.resample or rhythm != (1, 1, 1) or self.auxiliary_cfg_scale != 1):
+        schedules = {self.mask_schedule, self.auxiliary_mask_schedule}
+        if self.share_x_t and (
+            self.resample or rhythm != (1, 1, 1) or self.auxiliary_cfg_scale != 1 or len(schedules) > 1
+        ):
             raise UserError(
                 "share_x_t updates generator and auxiliary on one x_t: it takes resample False, one update of each in "
-                f"a step and auxiliary_cfg_scale 1; given resample {self.resample}, updates {rhythm}, "
-                f"auxiliary_cfg_scale {self.auxiliary_cfg_scale}"
+                f"a step, auxiliary_cfg_scale 1 and one mask schedule; given resample {self.resample}, updates "
+                f"{rhythm}, auxiliary_cfg_scale {self.auxiliary_cfg_scale}, schedules {', '.join(sorted(schedules))}"
             )
         for field in ("temperature", "teacher_temperature", "auxiliary_temperature", "soft_temperature"):
             if getattr(self, field) <= 0:

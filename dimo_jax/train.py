@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+from clu import profiler
 
 from dimo_jax.errors import UserError
 from dimo_jax.run_config import Logging
@@ -36,16 +37,17 @@ def fit(
     Raises:
       UserError: a metric or the state is not finite; nothing not finite is ever saved.
     """
-    checked, profile = start, logging.profile_start
+    checked, tracing = start, False
     for n in range(start, num_steps):
-        if n == profile:
-            jax.profiler.start_trace(str(folder / "profile"))
+        if n == logging.profile_start:
+            profiler.start(str(folder / "profile"))
+            tracing = True
         state, metrics = step(state, batch(n))
         done, last = n + 1, n + 1 == num_steps
-        if profile >= 0 and (done == profile + logging.profile_steps or (last and n >= profile)):
+        if tracing and (last or done == logging.profile_start + logging.profile_steps):
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            profile = -1
+            profiler.stop()
+            tracing = False
         if done % logging.log_every == 0 or last:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             check_finite(values, checked, done)

@@ -19,6 +19,11 @@ def perturb(e: jax.Array, sigma, noise: jax.Array | None) -> jax.Array:
     return (jnp.sqrt(1 - sigma**2) * e + sigma * noise).astype(e.dtype)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU by erf; `jax.nn.gelu(approximate=False)` goes through erfc, two and a half times slower on a CPU."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 def embed(table: jax.Array, x: jax.Array) -> jax.Array:
     """Rows of `table` [rows, D] for ids x [B, L], or mixtures of its first K rows for soft tokens x [B, L, K]."""
     return table[x] if x.ndim == 2 else x @ table[: x.shape[-1]].astype(x.dtype)
@@ -68,5 +73,5 @@ class Mlp(nnx.Module):
     def __call__(self, x, rng=None):
         """x [..., D] -> [..., D]."""
         k1, k2 = (None, None) if rng is None else jax.random.split(rng)
-        x = dropout(jax.nn.gelu(self.fc1(x), approximate=False), self.rate, k1)
+        x = dropout(gelu(self.fc1(x)), self.rate, k1)
         return dropout(self.fc2(x), self.rate, k2)

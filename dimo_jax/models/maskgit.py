@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dimo_jax.errors import UserError
-from dimo_jax.models.layers import Linear, Mlp, SelfAttention, dropout, embed, perturb
+from dimo_jax.models.layers import Linear, Mlp, SelfAttention, dropout, embed, gelu, perturb
 from dimo_jax.nets import Net, TokenSpec
 
 # Logical axes of the parameters, first match wins: sharding.py maps the names to mesh axes.
@@ -32,6 +32,7 @@ class MaskGITSpec:
     """Architecture; defaults are the released ImageNet-256 teacher's.
 
     num_logits: codebook_size, or one more for logits with a column for [M] (DEVIATION 8: the released code samples it).
+    unroll: layers in one turn of the scan; XLA's CPU backend runs a loop's body on one thread: unroll all there.
     """
 
     codebook_size: int = 1024
@@ -45,6 +46,7 @@ class MaskGITSpec:
     num_logits: int = 1025
     dtype: str = "float32"
     remat: bool = False
+    unroll: int = 1
 
     def __post_init__(self):
         if self.num_logits - self.codebook_size not in (0, 1):
@@ -96,7 +98,7 @@ class FirstLayer(nnx.Module):
     def __call__(self, x, rng):
         """x [B, N, D] -> [B, N, D]."""
         k1, k2 = (None, None) if rng is None else jax.random.split(rng)
-        x = jax.nn.gelu(self.fc1(dropout(self.norm1(x), self.rate, k1)), approximate=False)
+        x = gelu(self.fc1(dropout(self.norm1(x), self.rate, k1)))
         return self.fc2(dropout(self.norm2(x), self.rate, k2))
 
 
@@ -110,7 +112,7 @@ class LastLayer(nnx.Module):
 
     def __call__(self, x):
         """x [B, N, D] -> [B, N, D]."""
-        return self.norm2(jax.nn.gelu(self.fc(self.norm1(x)), approximate=False))
+        return self.norm2(gelu(self.fc(self.norm1(x))))
 
 
 class MaskGIT(nnx.Module):
@@ -147,7 +149,7 @@ class MaskGIT(nnx.Module):
             return h, h if collect else None
 
         body = jax.checkpoint(body) if self.spec.remat else body
-        h, outputs = jax.lax.scan(body, h, (blocks, keys))
+        h, outputs = jax.lax.scan(body, h, (blocks, keys), unroll=self.spec.unroll)
         return self.last(h)[:, : x.shape[1]], {"blocks": outputs}
 
     def head(self, h, start, length):

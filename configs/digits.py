@@ -19,20 +19,18 @@ def get_config(preset: str = "default"):
     config.stages = ("pretrain", "distill", "sample", "evaluate")
     config.data = {"name": "digits"}
     config.teacher = {
-        "name": "digits",
-        "width": 96,
-        "depth": 4,
-        "heads": 4,
-        "mlp_dim": 384,
-        "dropout": 0.1,
-        "num_logits": 17,
-    }
+        "name": "digits", "width": 96, "depth": 4, "heads": 4, "mlp_dim": 384,
+        "dropout": 0.0,  # held-out NLL after 750 of 2,500 steps: 1.376 without, 1.430 with 0.1; and a quarter faster
+        "num_logits": 17,  # [8] no column for [M]
+        "unroll": 4,
+    }  # fmt: skip
     config.logging.update(log_every=100, sample_every=500)
-    one_step = {"name": "one_step", "r_init": 0.6, "sigma_init": 0.1, "temperature": 1.0}
+    # The embeddings of this teacher have a norm of 0.55; the released 0.1 is noise of norm 0.98 here, and drowns them.
+    one_step = {"name": "one_step", "r_init": 0.8, "sigma_init": 0.02, "temperature": 1.0}
     config.pretrain = {
         "batch_size": 64,
-        "num_steps": 2500,
-        "checkpoint_every": 500,
+        "num_steps": 1300,
+        "checkpoint_every": 325,
         "spec": {"mask_schedule": "arccos", "ema_decay": 0.998},
         "optimizer": {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine_with_warmup", "warmup_steps": 100},
         "sampler": {"name": "random", "num_steps": 16},
@@ -40,13 +38,20 @@ def get_config(preset: str = "default"):
     objective = {"released": common.released_spec, "paper": common.paper_spec}.get(preset, digits_spec)()
     config.distill = {
         "batch_size": 32,
-        "num_steps": 600,
+        "num_steps": 800,
         "checkpoint_every": 200,
         "teacher": "",
         "accumulation": 1,
-        "spec": {**objective, "teacher_cfg_scale": 1.0, "ema_decay": 0.98, "frozen": ()},
-        "generator_optimizer": {"learning_rate": 2e-4, "warmup_steps": 20},
-        "auxiliary_optimizer": {"learning_rate": 4e-4, "warmup_steps": 20},
+        "spec": {
+            **objective,
+            "teacher_cfg_scale": 1.0,
+            "r_init": 0.8,
+            "sigma_init": 0.02,
+            "ema_decay": 0.98,
+            "frozen": (),
+        },
+        "generator_optimizer": {"learning_rate": 4e-4, "schedule": "cosine_with_warmup", "warmup_steps": 20},
+        "auxiliary_optimizer": {"learning_rate": 8e-4, "schedule": "cosine_with_warmup", "warmup_steps": 20},
         "sampler": one_step,
     }
     teacher_rows = [
@@ -63,20 +68,21 @@ def get_config(preset: str = "default"):
 
 
 def digits_spec() -> dict:
-    """The released objective with what helps on digits: two auxiliary updates, no smoothing, no dropout."""
-    return {
-        **common.released_spec(),
+    """The released objective with what helps on digits: two auxiliary updates on the generator's own samples."""
+    changes = {
         "divergence": "forward_kl",
+        "resample": False,
         "num_auxiliary_updates": 2,
         "label_smoothing": 0.0,
         "dropout": False,
         "teacher_dropout": False,
     }
+    return {**common.released_spec(), **changes}
 
 
 def tiny(config):
     """The same run, seconds long, with results that mean nothing."""
-    config.teacher.update(width=16, depth=2, heads=2, mlp_dim=32)
+    config.teacher.update(width=16, depth=2, heads=2, mlp_dim=32, unroll=1)
     config.logging.update(log_every=2, sample_every=0)
     config.pretrain.update(batch_size=8, num_steps=6, checkpoint_every=2)
     config.distill.update(batch_size=8, num_steps=6, checkpoint_every=2)

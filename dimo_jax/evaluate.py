@@ -17,8 +17,9 @@ from clu import metrics
 from dimo_jax import data, mdm
 from dimo_jax.checkpoint import load_params
 from dimo_jax.corruption import hybrid_init
-from dimo_jax.evaluation import controls, digit_cnn, features_of, score
+from dimo_jax.evaluation import controls, digit_cnn, features_of, plots, score
 from dimo_jax.evaluation.report import write_report
+from dimo_jax.files import atomic_write
 from dimo_jax.nets import logits
 from dimo_jax.registry import make
 from dimo_jax.rng import Draws
@@ -27,10 +28,12 @@ from dimo_jax.sample import make_sampling
 from dimo_jax.teachers import TEACHERS, load_teacher
 
 SUPPORT_THRESHOLD = 1e-3  # paper, Fig. 9
+SHOWN = 50  # pictures of a row in the report
 
 
 def evaluate(config: RunConfig, workdir: Path, folder: Path) -> None:
     """Score the teacher and the one-step generator against all real digits; `workdir/report/index.html`."""
+    start = time.perf_counter()
     stage, teacher = config.evaluate, make(TEACHERS, config.teacher, "teacher")
     params, _ = load_teacher(config.teacher, config.distill.teacher or workdir / "pretrain" / "weights")
     generator, _ = load_params(workdir / "distill" / "weights")
@@ -59,20 +62,25 @@ def evaluate(config: RunConfig, workdir: Path, folder: Path) -> None:
 
     one_step = next(row["sampler"] for row in stage.rows if row["net"] == "generator")
     samplers = {"teacher": stage.inpaint_teacher, "generator": one_step}
+    support = {name: support_histogram(model, name, one_step["r_init"]) for name in nets}
+    teacher_nll = heldout(model, splits["test"], stage.heldout_passes)
+    pictures = comparisons(model, samplers, splits["test"])
+    shown = {"real": pictures.pop("real"), **{name: images[:SHOWN] for name, images in samples.items()}}
+    curves = {name: read_metrics(workdir / name / "metrics.jsonl") for name in ("pretrain", "distill")}
     results = {
         "config": json.loads((workdir / "config.json").read_text()),
         "seed": config.seed,
         "machine": machine(),
-        "stages": stage_seconds(workdir),
+        "stages": {**stage_seconds(workdir), "evaluate": time.perf_counter() - start},
         "cnn": scorer.accuracies,
-        "teacher": heldout(model, splits["test"], stage.heldout_passes),
+        "teacher": teacher_nll,
         "rows": rows,
-        "support": {name: support_histogram(model, name, one_step["r_init"]) for name in nets},
+        "support": support,
     }
-    pictures = comparisons(model, samplers, splits["test"])
-    pictures = {"real": pictures.pop("real"), **samples, **pictures}
-    curves = {name: read_metrics(workdir / name / "metrics.jsonl") for name in ("pretrain", "distill")}
-    write_report(workdir / "report", results, pictures, curves)
+    write_report(workdir / "report", results, {**shown, **pictures}, curves)
+    names = ["real", *(row["name"] for row in stage.rows)]
+    panels = {name: shown[name] for name in names[:3] + names[3:][-2:]}
+    atomic_write(workdir / "report" / "overview.png", plots.overview(panels))
 
 
 class Model(NamedTuple):
@@ -116,7 +124,7 @@ def comparisons(model: Model, samplers: dict, held_out: dict) -> dict[str, np.nd
 
     Inpainting keeps the upper half of held-out pictures and fills in the lower half.
     """
-    tokens, columns = model.teacher.tokens, np.asarray(model.teacher.gallery(40))
+    tokens, columns = model.teacher.tokens, np.asarray(model.teacher.gallery(SHOWN))
     chosen = [np.flatnonzero(held_out["label"] == label)[n // 10] for n, label in enumerate(columns)]
     pictures, labels, ids = {"real": model.images(held_out["ids"][chosen])}, columns[:20], held_out["ids"][chosen[:20]]
     lower = np.arange(tokens.length) >= tokens.length // 2

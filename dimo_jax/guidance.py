@@ -25,6 +25,9 @@ def guided_head(net, params, x, cond, null, r, scale, **trunk_arguments):
         h = net.trunk(params, x, cond, r, **trunk_arguments)
         return lambda start, length: net.head(params, h, start, length)
 
+    mask = trunk_arguments.get("attn_mask")
+    if mask is not None:  # it may be one for all samples
+        trunk_arguments["attn_mask"] = jnp.broadcast_to(mask, (len(x), *mask.shape[-2:]))
     both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null)
     doubled = {k: v if k in ("sigma", "dropout_rng") else _double(v) for k, v in trunk_arguments.items()}
     h = net.trunk(params, _double(x), both, _double(jnp.broadcast_to(r, x.shape[:1])), **doubled)

@@ -55,6 +55,17 @@ def sample_grid(images: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def overview(panels: Mapping[str, np.ndarray]) -> bytes:
+    """Sets of images, each as in `sample_grid`, side by side under their names."""
+    with matplotlib.rc_context({**_STYLE, "axes.titlelocation": "center"}):
+        figure = Figure(figsize=(2.4 * len(panels), 1.7))
+        for axis, (name, images) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            axis.imshow(np.asarray(Image.open(io.BytesIO(sample_grid(images)))), interpolation="nearest")
+            axis.set_title(name)
+            axis.axis("off")
+        return _png(figure)
+
+
 def quality_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Both distances against the number of network evaluations: the teacher's line, one step, the control rows."""
     with matplotlib.rc_context(_STYLE):

@@ -14,7 +14,6 @@ The results of a run:
 
 import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -26,6 +25,7 @@ from dimo_jax.errors import UserError
 from dimo_jax.evaluation import plots
 from dimo_jax.evaluation.claims import check_aims, check_claims
 from dimo_jax.evaluation.columns import COLUMNS, number
+from dimo_jax.files import atomic_write
 
 _GALLERIES = (  # heading, groups of pictures, caption
     (
@@ -93,15 +93,9 @@ def write_report(
     results = {**results, "claims": check_claims(results), "aims": check_aims(results)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    _write_atomically(folder / "index.html", _page(results, images, curves))
+    atomic_write(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    atomic_write(folder / "index.html", _page(results, images, curves))
     return results
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _page(results, images, curves) -> str:

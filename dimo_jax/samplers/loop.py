@@ -54,7 +54,8 @@ def reveal_sampler(
             z = denoise(ids, r=r, step=i, scale=1 if cfg_scale == 1 else scale)[..., : tokens.codebook_size]
             gumbel = draws.gumbel("tokens", batch, 0, tokens.length, tokens.codebook_size)
             drawn = sample_ids(z, gumbel, temperature=temperature, top_k=top_k, top_p=top_p)
-            log_p = jnp.take_along_axis(jax.nn.log_softmax(z.astype(jnp.float32)), drawn[..., None], -1)[..., 0]
+            tempered = z.astype(jnp.float32) / (temperature or 1)
+            log_p = jnp.take_along_axis(jax.nn.log_softmax(tempered), drawn[..., None], -1)[..., 0]
             order = jnp.where(unknown, score(draws, log_p, progress), -jnp.inf)
             rank = jnp.argsort(jnp.argsort(-order, axis=-1), axis=-1)
             left = jnp.floor(wanted * share).astype(jnp.int32)

@@ -12,6 +12,9 @@ from dimo_jax.teachers.digits import digits
 TEACHERS = {"digits": digits}
 
 
+EXECUTION = ("dtype", "remat", "unroll", "dropout")  # how a network runs; the same weights serve
+
+
 def load_teacher(entry: Mapping[str, Any], folder: str | Path) -> tuple[dict, dict]:
     """(parameters {net, ...}, manifest) of the teacher `entry` from a folder of weights.
 
@@ -19,9 +22,11 @@ def load_teacher(entry: Mapping[str, Any], folder: str | Path) -> tuple[dict, di
       UserError: the folder is missing or damaged, or holds the weights of another teacher than `entry` describes.
     """
     params, manifest = load_params(folder)
-    asked = json.loads(json.dumps(dict(entry)))
-    if manifest.get("teacher") != asked:
-        raise UserError(
-            f"the weights in {folder} are of the teacher {manifest.get('teacher')}, the config asks for {asked}"
-        )
+    there, asked = (_identity(teacher) for teacher in (manifest.get("teacher", {}), entry))
+    if there != asked:
+        raise UserError(f"the weights in {folder} are of the teacher {there}, the config asks for {asked}")
     return params, manifest
+
+
+def _identity(entry: Mapping[str, Any]) -> dict:
+    return json.loads(json.dumps({key: value for key, value in entry.items() if key not in EXECUTION}))

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dimo_jax.errors import UserError
+from dimo_jax.registry import lookup
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -75,6 +76,14 @@ def tree_shardings(tree, mesh: Mesh, logical_axes: Sequence, rules: Mapping[str,
     if uncovered:
         raise UserError(f"no sharding rule covers {', '.join(uncovered)}: add a regex to the network's LOGICAL_AXES")
     return shardings, notices
+
+
+def check_rules(rules: Mapping[str, str], logical_axes: Sequence, mesh: Mesh) -> None:
+    """UserError for a rule from an axis that no parameter has, or to one that the mesh has not."""
+    names = {name: None for _, names in logical_axes for name in names if name}
+    for name, axis in rules.items():
+        lookup(names, name, "logical axis")
+        lookup(mesh.shape, axis, "mesh axis")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

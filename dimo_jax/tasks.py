@@ -27,7 +27,8 @@ from dimo_jax.registry import lookup, make
 from dimo_jax.rng import Draws
 from dimo_jax.run_config import Logging, RunConfig, from_dict
 from dimo_jax.sample import make_sampling
-from dimo_jax.state import Optimizer, merge
+from dimo_jax.samplers import SAMPLERS
+from dimo_jax.state import Optimizer, merge, partition
 from dimo_jax.teachers import TEACHERS, load_teacher
 from dimo_jax.train import fit
 
@@ -40,6 +41,7 @@ def run(config: dict, workdir: Path) -> None:
     """
     spec = from_dict(config)
     tasks = [lookup(TASKS, stage, "stage") for stage in spec.stages]
+    check(spec)
     claim_workdir(workdir, config)
     for stage, task in zip(spec.stages, tasks, strict=True):
         folder = workdir / stage
@@ -55,11 +57,27 @@ def run(config: dict, workdir: Path) -> None:
         print(f"stage {stage} took {seconds:.1f} s", flush=True)
 
 
+def check(config: RunConfig) -> None:
+    """UserError for what no stage could do, before the config claims a folder and trains for hours."""
+    teacher, mesh = make(TEACHERS, config.teacher, "teacher"), sharding.make_mesh(config.mesh)
+    make(dict.fromkeys(data.DATASETS, dict), config.data, "dataset")
+    sharding.check_rules(config.sharding, teacher.logical_axes, mesh)
+    rows = [row["sampler"] for row in config.evaluate.rows]
+    stages = (config.pretrain.sampler, config.distill.sampler, config.sample.sampler, config.evaluate.inpaint_teacher)
+    for sampler in (*stages, *rows):
+        make(SAMPLERS, sampler, "sampler")
+    for stage in {"pretrain", "distill"} & set(config.stages):
+        sharding.check_batch(getattr(config, stage).batch_size, mesh)
+    spec, length = config.distill.spec, teacher.tokens.length
+    if length % spec.num_chunks:
+        raise UserError(f"num_chunks {spec.num_chunks} does not divide the {length} tokens")
+    partition(jax.eval_shape(teacher.init, jax.random.key(0))["net"], spec.frozen)
+
+
 def pretrain(config: RunConfig, workdir: Path, folder: Path) -> None:
     """Train a masked diffusion teacher from scratch; its EMA weights go to `workdir/pretrain/weights`."""
     stage, teacher = config.pretrain, make(TEACHERS, config.teacher, "teacher")
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(stage.batch_size, mesh)
     source = data.prepare(config.data["name"], workdir / "data")["train"]
     batches = data.token_batches(source, seed=config.seed, batch_size=stage.batch_size)
     optimizer = make_optimizer(stage.optimizer, stage.num_steps)
@@ -89,9 +107,6 @@ def distill(config: RunConfig, workdir: Path, folder: Path) -> None:
     """Algorithm 1: distil the teacher into a one-step generator; its EMA weights go to `workdir/distill/weights`."""
     stage, teacher = config.distill, make(TEACHERS, config.teacher, "teacher")
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(stage.batch_size, mesh)
-    if teacher.tokens.length % stage.spec.num_chunks:
-        raise UserError(f"num_chunks {stage.spec.num_chunks} does not divide the {teacher.tokens.length} tokens")
     params, manifest = load_teacher(config.teacher, config.distill.teacher or workdir / "pretrain" / "weights")
     names = ("generator", "auxiliary")
     optimizers = {name: make_optimizer(getattr(stage, f"{name}_optimizer"), stage.num_steps) for name in names}

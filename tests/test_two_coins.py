@@ -12,7 +12,7 @@ import pytest
 from toys import COINS, exact_teacher
 
 from dimo_jax import dimo, dimo_state, objective
-from dimo_jax.divergences import logit_gradient, token_divergence
+from dimo_jax.divergences import token_divergence
 from dimo_jax.nets import Conditions
 from dimo_jax.optim import OptimSpec, make_learning_rate, make_transform
 from dimo_jax.rng import Draws
@@ -43,7 +43,9 @@ def total_variation(spec: DimoSpec) -> float:
     net, theta = teacher.net, merge(params["net"], state.ema)
 
     def denoise(x, *, r, step, scale, sigma, noise):
-        h = net.trunk(theta, x, jnp.zeros(len(x)), r, sigma=sigma, noise=jax.random.normal(noise, net.noise_shape(len(x))))
+        h = net.trunk(
+            theta, x, jnp.zeros(len(x)), r, sigma=sigma, noise=jax.random.normal(noise, net.noise_shape(len(x)))
+        )
         return net.head(theta, h, 0, 2)
 
     ids = np.asarray(sampler(denoise, jax.random.key(1), teacher.tokens, 20_000))

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from dimo_jax.models.layers import embed, perturb
+from dimo_jax.models.layers import SelfAttention, embed, perturb
 from dimo_jax.nets import Net, TokenSpec
 from dimo_jax.teachers.base import Teacher
 
@@ -86,3 +87,57 @@ def exact_teacher(joint: np.ndarray) -> tuple[Teacher, dict]:
     tokens = TokenSpec(length=length, codebook_size=size, mask_token=size, num_logits=size)
     teacher = toy_teacher(table_net(length, size + 1, size), tokens, lambda rng: {"net": params})
     return teacher, {"net": params}
+
+
+def ledger_teacher(num_logits: int = 3) -> tuple[Teacher, dict]:
+    """Three tokens over the ids 0..2, [M] = 3 and the class tokens 4 and 5: a teacher to which every option matters.
+
+    Its random table reads the whole input, the time and the condition, and its dropout acts; the parameters are the
+    same with and without a column for [M] (num_logits 4 and 3).
+    """
+    tokens = TokenSpec(length=3, codebook_size=3, mask_token=3, num_logits=num_logits, class_tokens=(4, 2))
+    whole = table_net(length=3, num_ids=6, num_logits=4)
+    net = whole._replace(head=lambda params, h, start, size: whole.head(params, h, start, size)[..., :num_logits])
+    rows = {"table": 6**3, "time": 1, "cond": 1}
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    params = {name: jax.random.normal(key, (rows[name], 3, 4)) for name, key in zip(rows, keys, strict=True)}
+    return toy_teacher(net, tokens, lambda rng: {"net": params}), {"net": params}
+
+
+class Reader(nnx.Module):
+    """A line of text: one layer of attention over ids 0..V - 1 and [M] = V, with a vector per sample as condition."""
+
+    def __init__(self, length: int, size: int, width: int, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(1.0)
+        self.tok_emb = nnx.Param(normal(rngs.params(), (size + 1, width)))
+        self.pos_emb = nnx.Param(normal(rngs.params(), (length, width)))
+        self.bias = nnx.Param(jnp.zeros((length, size)))
+        self.attention = SelfAttention(width, 2, 0.1, jnp.float32, rngs)
+
+    def __call__(self, x, cond, r, *, sigma=0.0, noise=None, dropout_rng=None, attn_mask=None):
+        h = perturb(embed(self.tok_emb[...], x), sigma, noise) + self.pos_emb[...] + cond[:, None]
+        return h + self.attention(h, dropout_rng, attn_mask)
+
+    def head(self, h, start, size):
+        h = jax.lax.dynamic_slice_in_dim(h, start, size, axis=1)
+        return h @ self.tok_emb[:-1].T + jax.lax.dynamic_slice_in_dim(self.bias[...], start, size, axis=0)
+
+
+def text_teacher(length: int = 8, size: int = 5, width: int = 4) -> tuple[Teacher, dict]:
+    """A teacher of text: no grid, and what may be seen and changed comes with the conditions."""
+    graph, state = nnx.split(Reader(length, size, width, nnx.Rngs(0)), nnx.Param)
+    params = nnx.to_pure_dict(state)
+
+    def bind(params):
+        filled = jax.tree.map(lambda a: a, state)
+        nnx.replace_by_pure_dict(filled, params)
+        return nnx.merge(graph, filled)
+
+    net = Net(
+        trunk=lambda params, *args, **kwargs: bind(params)(*args, **kwargs),
+        head=lambda params, *args: bind(params).head(*args),
+        features=lambda params, *args, **kwargs: (bind(params)(*args, **kwargs), {}),
+        noise_shape=lambda batch: (batch, length, width),
+    )
+    tokens = TokenSpec(length=length, codebook_size=size, mask_token=size, num_logits=size)
+    return toy_teacher(net, tokens, lambda rng: {"net": params}), {"net": params}

@@ -60,7 +60,7 @@ def run(config: dict, workdir: Path) -> None:
 def check(config: RunConfig) -> None:
     """UserError for what no stage could do, before the config claims a folder and trains for hours."""
     teacher, mesh = make(TEACHERS, config.teacher, "teacher"), sharding.make_mesh(config.mesh)
-    make(dict.fromkeys(data.DATASETS, dict), config.data, "dataset")
+    make(dict.fromkeys(data.DATASETS, lambda: None), config.data, "dataset")
     sharding.check_rules(config.sharding, teacher.logical_axes, mesh)
     rows = [row["sampler"] for row in config.evaluate.rows]
     stages = (config.pretrain.sampler, config.distill.sampler, config.sample.sampler, config.evaluate.inpaint_teacher)

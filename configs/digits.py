@@ -87,4 +87,6 @@ def tiny(config):
     config.pretrain.update(batch_size=8, num_steps=6, checkpoint_every=2)
     config.distill.update(batch_size=8, num_steps=6, checkpoint_every=2)
     config.evaluate.update(num_samples=40, heldout_passes=1, repeats=1, cnn_steps=5)
+    rows = config.evaluate.rows
+    config.evaluate.update(rows=(*rows[:2], rows[-1]), inpaint_teacher=rows[1]["sampler"])
     return config

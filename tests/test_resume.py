@@ -1,0 +1,134 @@
+"""A run that is stopped or killed and started again ends in the bits of one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from dimo_jax import tasks
+from dimo_jax.logs import TIMING
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("pretrain", "distill", "sample", "evaluate")
+
+
+class Stop(Exception):
+    pass
+
+
+def outcome(workdir: Path) -> dict:
+    """All that must repeat: hashes of the weights, metrics without timing, samples, scores."""
+    rows = {}
+    for stage in ("pretrain", "distill"):
+        lines = map(json.loads, (workdir / stage / "metrics.jsonl").read_text().splitlines())
+        rows[stage] = [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in lines]
+        rows[f"{stage} weights"] = json.loads((workdir / stage / "weights" / "manifest.json").read_text())["sha256"]
+    results = json.loads((workdir / "report" / "results.json").read_text())
+    scores = [(row["name"], row["metrics"]) for row in results["rows"]]
+    return {**rows, "grid": (workdir / "sample" / "samples.png").read_bytes(), "scores": scores}
+
+
+def run(workdir: Path, monkeypatch, stop_at: dict | None = None) -> dict:
+    """tasks.run of the tiny config in this process -> final state of each training stage. stop_at: stage -> step."""
+    states, fit = {}, tasks.fit
+    stop_at = stop_at or {}
+
+    def recording_fit(step, state, *, folder, batch, **kwargs):
+        def stopping_batch(n):
+            if stop_at.get(folder.name) == n:
+                raise Stop
+            return batch(n)
+
+        states[folder.name] = fit(step, state, folder=folder, batch=stopping_batch, **kwargs)
+        return states[folder.name]
+
+    monkeypatch.setattr(tasks, "fit", recording_fit)
+    tasks.run(digits.get_config("tiny").to_dict(), workdir)
+    return states
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """An uninterrupted run; its compiled programs are kept for the runs that follow, here and in other processes."""
+    folder = tmp_path_factory.mktemp("reference")
+    options = {"jax_compilation_cache_dir": str(folder / "cache"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        states = run(folder / "run", monkeypatch)
+    yield folder, states
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_stopped_and_started_again_ends_in_the_same_bits(reference, tmp_path, monkeypatch):
+    """Stopped between two checkpoints of each stage: states with optimisers and EMA, metrics, samples and scores."""
+    folder, whole = reference
+    for stop_at in ({"pretrain": 3}, {"distill": 5}):
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            run(tmp_path, patch, stop_at)
+    with monkeypatch.context() as patch:
+        states = run(tmp_path, patch)
+    assert states["distill"].outer_step == whole["distill"].outer_step == 6
+    jax.tree.map(np.testing.assert_array_equal, states["distill"], whole["distill"])
+    assert outcome(tmp_path) == outcome(folder / "run")
+
+
+def killed_run(workdir: Path, cache: Path, targets: list[str], rng: random.Random) -> int:
+    """Run the program until it ends, killing it once in each of the stages `targets`; -> number of kills.
+
+    A kill comes a random moment (up to 1.5 s) after the stage's folder, or its next checkpoint or log line, appears.
+    """
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "dimo_jax.main", "--config=configs/digits.py:tiny", f"--workdir={workdir}"]
+    kills = 0
+    for target in [*targets, None]:
+        before = _progress(workdir, target)
+        with open(workdir.with_suffix(".log"), "a") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        try:
+            while process.poll() is None and (target is None or _progress(workdir, target) == before):
+                time.sleep(0.02)
+            if target is not None:
+                time.sleep(rng.uniform(0, 1.5))
+            kills += process.poll() is None
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, workdir.with_suffix(".log").read_text()[-2000:]
+    return kills
+
+
+def _progress(workdir: Path, stage: str | None) -> int:
+    return sum(1 for _ in (workdir / stage).rglob("*")) if stage and (workdir / stage).exists() else -1
+
+
+def test_killed_in_three_stages(reference, tmp_path):
+    folder, _ = reference
+    kills = killed_run(tmp_path / "run", folder / "cache", ["pretrain", "distill", "evaluate"], random.Random(0))
+    assert kills == 3
+    assert outcome(tmp_path / "run") == outcome(folder / "run")
+
+
+@pytest.mark.long
+def test_killed_twenty_times(reference, tmp_path):
+    folder, _ = reference
+    targets = ["pretrain"] * 7 + ["distill"] * 7 + ["sample"] * 3 + ["evaluate"] * 6
+    kills = killed_run(tmp_path / "run", folder / "cache", targets, random.Random(1))
+    print(f"{kills} kills")
+    assert kills >= 20
+    assert outcome(tmp_path / "run") == outcome(folder / "run")

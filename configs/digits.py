@@ -29,8 +29,8 @@ def get_config(preset: str = "default"):
     one_step = {"name": "one_step", "r_init": 0.8, "sigma_init": 0.02, "temperature": 1.0}
     config.pretrain = {
         "batch_size": 64,
-        "num_steps": 1300,
-        "checkpoint_every": 325,
+        "num_steps": 1800,
+        "checkpoint_every": 450,
         "spec": {"mask_schedule": "arccos", "ema_decay": 0.998},
         "optimizer": {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine_with_warmup", "warmup_steps": 100},
         "sampler": {"name": "random", "num_steps": 16},
@@ -38,8 +38,8 @@ def get_config(preset: str = "default"):
     objective = {"released": common.released_spec, "paper": common.paper_spec}.get(preset, digits_spec)()
     config.distill = {
         "batch_size": 32,
-        "num_steps": 800,
-        "checkpoint_every": 200,
+        "num_steps": 700,
+        "checkpoint_every": 175,
         "teacher": "",
         "accumulation": 1,
         "spec": {

@@ -2,9 +2,9 @@
 
     python -m dimo_jax.main --config=configs/digits.py --workdir=runs/digits
 
-About 8 minutes on 2 cores. 1,797 real 8x8 digits (scikit-learn); the 17 grey levels are the tokens. Presets:
-`configs/digits.py` (the tuned one), `:released` and `:paper` (the objective of the released program or of the paper
-with this file's rates), `:tiny` (a few seconds, for tests).
+About a quarter of an hour on 2 cores; docs/digits.md has what to expect. 1,797 real 8x8 digits (scikit-learn); the 17
+grey levels are the tokens. Presets: `configs/digits.py` (the tuned one), `:released` and `:paper` (the objective of the
+released program or of the paper, with this file's rates, r_init and sigma), `:tiny` (for tests; the results mean nothing).
 """
 
 from configs import common

@@ -4,7 +4,7 @@
 
 About a quarter of an hour on 2 cores; docs/digits.md has what to expect. 1,797 real 8x8 digits (scikit-learn); the 17
 grey levels are the tokens. Presets: `configs/digits.py` (the tuned one), `:released` and `:paper` (the objective of the
-released program or of the paper, with this file's rates, r_init and sigma), `:tiny` (for tests; the results mean nothing).
+released program or of the paper, with this file's rates, r_init and sigma), `:tiny` (for tests, means nothing).
 """
 
 from configs import common

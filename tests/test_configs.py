@@ -142,8 +142,8 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize("key, value, said", UNKNOWN, ids=[f"{key}={value}" for key, value, _ in UNKNOWN])
-def test_what_does_not_exist_is_refused_before_the_folder_is_made(key, value, said, tmp_path):
+def test_what_does_not_exist_is_refused_before_a_folder_is_claimed(key, value, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "claim_workdir", lambda *_: pytest.fail("the folder is claimed"))
     with pytest.raises(UserError) as refusal:
-        tasks.run(flipped(key, value), tmp_path / "run")
+        tasks.run(flipped(key, value), tmp_path)
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
-    assert not (tmp_path / "run").exists()

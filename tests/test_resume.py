@@ -1,8 +1,9 @@
-"""A run that is stopped or killed and started again ends in the bits of one that was not."""
+"""A run that is killed and started again ends in the bits of one that was not; what does not fit is refused."""
 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 
 from configs import digits
 from dimo_jax import tasks
+from dimo_jax.checkpoint import load_params, save_params
+from dimo_jax.errors import UserError
 from dimo_jax.logs import TIMING
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +64,7 @@ def reference(tmp_path_factory):
     """An uninterrupted run; its compiled programs are kept for the runs that follow, here and in other processes."""
     folder = tmp_path_factory.mktemp("reference")
     options = {"jax_compilation_cache_dir": str(folder / "cache"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    options["jax_disable_most_optimizations"] = True
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
@@ -84,6 +88,64 @@ def test_stopped_and_started_again_ends_in_the_same_bits(reference, tmp_path, mo
     assert outcome(tmp_path) == outcome(folder / "run")
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_workdir_of_another_config_is_refused_and_untouched(reference):
+    workdir = reference[0] / "run"
+    before, config = files(workdir), digits.get_config("tiny")
+    config.distill.spec.r_init = 0.5
+    with pytest.raises(UserError, match="distill.spec.r_init is 0.8 there and 0.5 now"):
+        tasks.run(config.to_dict(), workdir)
+    assert files(workdir) == before
+
+
+def test_another_teacher_is_refused_and_nothing_lost(reference, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference[0] / "run", workdir)
+    (workdir / "distill" / "done.json").unlink()
+    params, manifest = load_params(workdir / "pretrain" / "weights")
+    params["net"]["tok_emb"] += 1
+    save_params(workdir / "pretrain" / "weights", params, {"teacher": manifest["teacher"]})
+    before = files(workdir / "distill")
+    with pytest.raises(UserError, match="teacher_sha256"):
+        tasks.run(digits.get_config("tiny").to_dict(), workdir)
+    assert files(workdir / "distill") == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
+    config = digits.get_config("tiny")
+    config.pretrain.optimizer.update(learning_rate=1e30, warmup_steps=0, schedule="constant")
+    with pytest.raises(UserError, match="not finite between the steps 0 and 2"):
+        tasks.run(config.to_dict(), tmp_path)
+    assert not list(tmp_path.glob("pretrain/checkpoints/*")) and not (tmp_path / "pretrain" / "done.json").exists()
+
+
+@pytest.mark.parametrize(
+    "argument, sentence",
+    [
+        (
+            "--config.distill.spec.nope=1",
+            "unknown config key config.distill.spec.nope: config.distill.spec has the keys",
+        ),
+        ("--config.distill.spec.divergence=nope", "unknown divergence 'nope': known are alpha, forward_kl"),
+    ],
+)
+def test_the_program_ends_bad_input_in_one_sentence(tmp_path, argument, sentence):
+    command = [
+        sys.executable,
+        "-m",
+        "dimo_jax.main",
+        "--config=configs/digits.py:tiny",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    done = subprocess.run([*command, argument], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert [line for line in done.stderr.splitlines() if sentence in line and line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+
+
 def killed_run(workdir: Path, cache: Path, targets: list[str], rng: random.Random) -> int:
     """Run the program until it ends, killing it once in each of the stages `targets`; -> number of kills.
 
@@ -93,6 +155,7 @@ def killed_run(workdir: Path, cache: Path, targets: list[str], rng: random.Rando
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, "-m", "dimo_jax.main", "--config=configs/digits.py:tiny", f"--workdir={workdir}"]
     kills = 0

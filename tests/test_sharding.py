@@ -80,6 +80,7 @@ def results():
     here = os.path.dirname(__file__)
     environment = {
         **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]),
     }

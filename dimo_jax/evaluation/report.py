@@ -31,7 +31,8 @@ _GALLERIES = (  # heading, groups of pictures, caption
     (
         "Samples",
         ("",),
-        "Ten columns, one a class. Nothing was picked: these are the first samples of each row of the table.",
+        "Ten columns, one a class (the real controls come as the data lie). Nothing was picked: these are the first "
+        "samples of each row of the table.",
     ),
     (
         "Sampled and top-1",

@@ -19,14 +19,14 @@ digits-seeds: .venv/installed
 	.venv/bin/python -m dimo_jax.evaluation.summary $(WORKDIR)
 
 test: .venv/installed-test
-	.venv/bin/python -m pytest -n 2 --durations=20 $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --durations=20 $(ARGS)
 
 test-long: .venv/installed-test
-	.venv/bin/python -m pytest -n 2 --durations=20 -m long $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --durations=20 -m long $(ARGS)
 
 # pytest exits with 5 when no test carries the marker.
 test-torch: torch
-	.venv/bin/python -m pytest -n 2 --durations=20 -m torch $(ARGS) || test $$? -eq 5
+	.venv/bin/python -m pytest -n 2 --dist loadfile --durations=20 -m torch $(ARGS) || test $$? -eq 5
 
 torch: .venv/installed-torch
 

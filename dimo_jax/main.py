@@ -33,7 +33,7 @@ def parse(argv: list[str]) -> list[str]:
     """absl's flag parser, with one sentence for an override of a key that the config does not have."""
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError):
+    except (AttributeError, KeyError, TypeError):
         overrides = [arg for arg in argv if arg.startswith("--config.")]
         sys.argv = [arg for arg in argv if arg not in overrides]  # where ml_collections looks for overrides
         app.parse_flags_with_usage(sys.argv)

@@ -63,16 +63,18 @@ def run(workdir: Path, monkeypatch, stop_at: dict | None = None) -> dict:
 def reference(tmp_path_factory):
     """An uninterrupted run; its compiled programs are kept for the runs that follow, here and in other processes."""
     folder = tmp_path_factory.mktemp("reference")
-    options = {"jax_compilation_cache_dir": str(folder / "cache"), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    options["jax_disable_most_optimizations"] = True
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
+    options = {
+        "jax_compilation_cache_dir": (str(folder / "cache"), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
+        "jax_disable_most_optimizations": (True, False),
+    }
+    for name, (value, _) in options.items():
         jax.config.update(name, value)
     with pytest.MonkeyPatch.context() as monkeypatch:
         states = run(folder / "run", monkeypatch)
     yield folder, states
-    for name, value in before.items():
-        jax.config.update(name, value)
+    for name, (_, default) in options.items():
+        jax.config.update(name, default)
 
 
 def test_stopped_and_started_again_ends_in_the_same_bits(reference, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from dimo_jax.errors import UserError
 from dimo_jax.guidance import guidance_scale, guided_head
 from dimo_jax.mdm import masked_mean, token_nll
 from dimo_jax.models import maskgit
+from dimo_jax.models.layers import dropout
 from dimo_jax.nets import logits
 
 RECORDED = goldens_maskgit.load()
@@ -113,8 +114,8 @@ def test_smoothed_loss_and_every_gradient(loss_and_gradient):
         np.testing.assert_allclose(value, recorded, rtol=0, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
-def test_remat_gives_the_same_gradient(loss_and_gradient):
-    net = maskgit.as_net(goldens_maskgit.spec_of(RECORDED, remat=True))
+def test_remat_and_unrolled_layers_give_the_same_gradient(loss_and_gradient):
+    net = maskgit.as_net(goldens_maskgit.spec_of(RECORDED, remat=True, unroll=3))
     gradient = jit(jax.grad(functools.partial(smoothed_loss, net=net)))(PARAMS)
     jax.tree.map(functools.partial(close, atol=1e-6), gradient, loss_and_gradient[1])
 
@@ -167,6 +168,13 @@ def test_dropout_is_on_with_a_key_and_off_without():
     np.testing.assert_array_equal(dropped(0), first)
     assert np.abs(first - second).max() > 0.1 and np.abs(first - forward(IDS, LABELS)).max() > 0.1
     close(jit(lambda: logits(net, PARAMS, IDS, LABELS, 0.0))(), forward(IDS, LABELS), 2e-5)
+
+
+def test_dropout_keeps_the_mean():
+    """A share `rate` is 0, the rest is divided by 1 - rate."""
+    x = dropout(jnp.ones(20_000), 0.25, jax.random.key(0))
+    np.testing.assert_allclose(np.unique(x), [0, 1 / 0.75], rtol=1e-6)
+    assert abs(np.mean(x == 0) - 0.25) < 4.5 * np.sqrt(0.25 * 0.75 / 20_000)
 
 
 def test_attention_mask_closes_the_pairs_it_names():

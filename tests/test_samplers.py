@@ -1,6 +1,7 @@
 """Every sampler of the table: what it fills and keeps, how often it asks the network; and the laws of its draws."""
 
 import inspect
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from toys import COINS, exact_teacher
 from dimo_jax.categorical import filter_logits, sample_ids
 from dimo_jax.errors import UserError
 from dimo_jax.nets import TokenSpec
+from dimo_jax.rng import Draws
 from dimo_jax.samplers import SAMPLERS
 from dimo_jax.samplers.loop import MASKED_SHARE, masked_shares
 
@@ -135,6 +137,19 @@ def test_confidence_shows_the_most_probable_first():
         np.testing.assert_array_equal(np.concatenate(shown), np.argsort(-best))
         orders.append(np.argsort(-best))
     assert not np.array_equal(*orders)
+
+
+def test_confidence_noise_fades(monkeypatch):
+    """log p + choice_temperature (1 - progress) Gumbel, the Gumbel from the uniform draw `order`, finite at u = 0."""
+    monkeypatch.setattr(sys.modules["dimo_jax.samplers.confidence"], "reveal_sampler", lambda score, **options: score)
+    score, log_p, u = SAMPLERS["confidence"](choice_temperature=4.5), np.log([0.2, 0.9, 0.5]), np.asarray([0.3, 0.8, 0])
+    draws = Draws(jax.random.key(0), {"order": u.astype(np.float32)})
+    for progress in (0.0, 0.25, 1.0):
+        found = score(draws, jnp.asarray(log_p), progress)
+        np.testing.assert_allclose(
+            found[:2], log_p[:2] - 4.5 * (1 - progress) * np.log(-np.log(u[:2])), rtol=1e-5, atol=1e-6
+        )
+        assert np.isfinite(found[2])
 
 
 @pytest.mark.parametrize("schedule", MASKED_SHARE)

@@ -78,9 +78,10 @@ FILLS: dict[str, Callable[[Draws, TokenSpec, tuple[int, int]], jax.Array]] = {
 
 
 def hybrid_init(draws: Draws, tokens: TokenSpec, batch: int, r_init, *, fill="random_ids", maskable=None, given=None):
-    """x_init (Sec. 4.3): exactly round(L r_init) positions hold [M], the others the fill -> (x_init, is_mask) [B, L].
+    """x_init (Sec. 4.3): round(L r_init) positions, at least one, hold [M], the others the fill.
 
-    Positions that are not maskable hold `given` instead. Draws: `fill` (ids) and `masked`.
+    -> (x_init, is_mask), both [B, L]. Positions that are not maskable hold `given` instead. Draws: `fill` (ids) and
+    `masked`.
     """
     x = lookup(FILLS, fill, "fill of x_init")(draws, tokens, (batch, tokens.length)).astype(jnp.int32)
     if maskable is not None:

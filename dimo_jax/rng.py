@@ -81,6 +81,10 @@ class Draws:
         does. The precise mode is taken: coarse Gumbel noise changes what is sampled.
         """
         if name in self.recorded:
-            return jax.lax.dynamic_slice_in_dim(jnp.asarray(self.recorded[name]), start, length, axis=1)
+            value = jnp.asarray(self.recorded[name])
+            if (value.shape[0], value.shape[2]) != (batch, num_logits):
+                wanted = (batch, "L", num_logits)
+                raise ValueError(f"recorded draw {name!r} has the shape {value.shape}, the step draws {wanted}")
+            return jax.lax.dynamic_slice_in_dim(value, start, length, axis=1)
         keys = jax.vmap(lambda i: jax.random.fold_in(self.named_key(name), i))(start + jnp.arange(length))
         return jax.vmap(lambda key: jax.random.gumbel(key, (batch, num_logits), mode="high"), out_axes=1)(keys)
